@@ -23,7 +23,7 @@ export_runtime := env -u POETRY_PYPI_MIRROR_URL $(poetry) export --without-urls
 export_all := $(export_runtime) --all-groups
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format lock lock-check clean distclean
+.PHONY: help setup run test sweep lint format lock lock-check clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ run: .venv/.runtime ## Run the job; make run ARGS="--help" tells its options
 
 test: .venv/.dev ## Run the tests; make test ARGS="-k users -x" picks and stops
 	@$(python) -m pytest $(ARGS)
+
+sweep: .venv/.dev ## Run the long tests: a kill at every step, many random lakes (half an hour)
+	@SWEEP=full LAKES=50 $(python) -m pytest tests/test_publish.py tests/test_lakes.py $(ARGS)
 
 lint: .venv/.dev ## Check style and types, change nothing
 	$(python) -m ruff check .

@@ -15,6 +15,7 @@ import difflib
 import fcntl
 import functools
 import gzip
+import importlib.util
 import json
 import operator
 import os
@@ -304,16 +305,10 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
     return Settings(
         flags.input or config.get("INPUT_DATA_S3") or str(home / "data"),
         flags.output or config.get("OUTPUT_DATA_S3") or str(home / "output"),
-        choose_engine(flags.engine),
+        flags.engine,
         share("max-rejects", flags.max_rejects or config.get("MAX_REJECTS", "0.01")),
         share("max-shrink", max_shrink) if max_shrink else None,
     )
-
-
-def choose_engine(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    return "spark" if "PYSPARK_GATEWAY_PORT" in os.environ or "SPARK_REMOTE" in os.environ else "sail"
 
 
 # =====================================================================================================================
@@ -512,6 +507,17 @@ class Engine(NamedTuple):
         (writer.partitionBy(*folders) if folders else writer).parquet(self.writing(path))
 
 
+def choose_engine(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    return "spark" if is_spark_given() else "sail"
+
+
+def is_spark_given() -> bool:
+    """By spark-submit, or by whoever runs a Spark Connect server."""
+    return "PYSPARK_GATEWAY_PORT" in os.environ or "SPARK_REMOTE" in os.environ
+
+
 # What a Spark on this machine starts with; a cluster's settings belong to its submit command.
 LOCAL_SPARK = {
     "spark.ui.enabled": "false",
@@ -521,10 +527,32 @@ LOCAL_SPARK = {
 }
 
 
-def open_engine(name: str) -> Engine:
-    """Start the engine, or join the one that spark-submit or SPARK_REMOTE gives. Sets only what changes results."""
+def check_engine(name: str) -> None:
+    """Say in one line what the engine lacks; its own words come late and are a page long."""
     if "pyspark" not in globals():
         raise Stop("PySpark is not installed for this Python: use 'make run', or pip install -r requirements.txt")
+    if name == "sail":
+        version = tuple(int(part) for part in pyspark.__version__.split(".")[:2])
+        if importlib.util.find_spec("pysail") is None:
+            raise Stop("pysail is not installed: pip install -r requirements.txt, or use --engine spark")
+        if not (3, 5) <= version <= (4, 2):
+            raise Stop(f"Sail takes PySpark 3.5 to 4.2, not {pyspark.__version__}: install one, or use --engine spark")
+    elif not is_spark_given():
+        wanted = ("17", "21") if pyspark.__version__ >= "4" else ("8", "11", "17")
+        java = os.path.join(os.environ["JAVA_HOME"], "bin", "java") if os.environ.get("JAVA_HOME") else "java"
+        try:
+            words = subprocess.run([java, "-version"], capture_output=True, text=True, check=True).stderr
+        except (OSError, subprocess.CalledProcessError):
+            words = ""
+        found = re.search(r'version "(?:1\.)?(\d+)', words)
+        if not found or found[1] not in wanted:
+            needs = f"Spark {pyspark.__version__} needs Java {' or '.join(wanted)}"
+            has = f"{java} is Java {found[1]}" if found else f"{java} does not run"
+            raise Stop(f"{needs}, and {has}: set JAVA_HOME to one, or use --engine sail, which needs none")
+
+
+def open_engine(name: str) -> Engine:
+    """Start the engine, or join the one that spark-submit or SPARK_REMOTE gives. Sets only what changes results."""
     engine = open_sail() if name == "sail" else open_spark()
     engine.spark.conf.set("spark.sql.session.timeZone", "UTC")  # rules hour(), year() and the rest
     engine.spark.conf.set("spark.sql.parquet.outputTimestampType", "TIMESTAMP_MICROS")  # INT96 has no zone
@@ -533,13 +561,9 @@ def open_engine(name: str) -> Engine:
 
 def open_sail() -> Engine:
     os.environ.setdefault("RUST_LOG", "error")  # else it logs every start to the console
-    try:
-        import pysail
-        from pysail.spark import SparkConnectServer
-    except ImportError:
-        raise Stop("pysail is not installed: pip install -r requirements.txt, or use --engine spark") from None
-    if not (3, 5) <= tuple(int(part) for part in pyspark.__version__.split(".")[:2]) <= (4, 2):
-        raise Stop(f"Sail takes PySpark 3.5 to 4.2, not {pyspark.__version__}: install one, or use --engine spark")
+    import pysail
+    from pysail.spark import SparkConnectServer
+
     server = SparkConnectServer(port=0)
     server.start(background=True)
     host, port = server.listening_address
@@ -561,27 +585,11 @@ def open_spark() -> Engine:
     elif "SPARK_REMOTE" in os.environ:
         spark = builder.remote(os.environ["SPARK_REMOTE"]).create()
     else:
-        check_java()
         for key, value in LOCAL_SPARK.items():
             builder = builder.config(key, value)
         with quiet_stderr():
             spark = builder.getOrCreate()
     return Engine("spark", spark.version, spark, spark.stop)
-
-
-def check_java() -> None:
-    """Spark's own words for a missing or unfit Java are a page long."""
-    wanted = ("17", "21") if pyspark.__version__ >= "4" else ("8", "11", "17")
-    java = os.path.join(os.environ["JAVA_HOME"], "bin", "java") if os.environ.get("JAVA_HOME") else "java"
-    try:
-        words = subprocess.run([java, "-version"], capture_output=True, text=True, check=True).stderr
-    except (OSError, subprocess.CalledProcessError):
-        words = ""
-    version = re.search(r'version "(?:1\.)?(\d+)', words)
-    if not version or version[1] not in wanted:
-        found = f"is Java {version[1]}" if version else "does not run"
-        needs = f"Spark {pyspark.__version__} needs Java {' or '.join(wanted)}, and {java} {found}"
-        raise Stop(f"{needs}: install one and set JAVA_HOME to it, or use --engine sail, which needs none")
 
 
 @contextlib.contextmanager
@@ -1202,11 +1210,13 @@ def run_job(settings: Settings) -> dict[str, Any]:
     """From listing the input to publishing the tables. The record is kept in any case, and returned of a success."""
     run = Run(settings, open_place(settings.input), open_place(settings.output), Clock(), {})
     check_places(run.source, run.target)
+    name = choose_engine(settings.engine)
+    check_engine(name)
     with run.clock.step("list input"):
         files, ignored = list_sources(run.source)
     begun = datetime.now(timezone.utc)
     run.record.update(format=1, run=f"{begun:%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}", status="failed", error=None)
-    run.record.update(started=begun.isoformat(timespec="seconds"), version=VERSION, engine=settings.engine)
+    run.record.update(started=begun.isoformat(timespec="seconds"), version=VERSION, engine=name)
     run.record.update(input=str(run.source), output=str(run.target), settings=settings._asdict(), inputs={}, rejects=[])
     run.record.update(tables={}, audit=[], ignored=ignored, foreign=[], seconds=run.clock.seconds)
     owner = {"run": run.record["run"], "host": socket.gethostname(), "since": run.record["started"]}
@@ -1214,12 +1224,14 @@ def run_job(settings: Settings) -> dict[str, Any]:
         try:
             recover(run.target)
             with run.clock.step("start engine"):
-                engine = open_engine(settings.engine)
+                engine = open_engine(name)
+            catch_signals()  # Spark has put a handler of its own in place
             try:
                 run.record["engine"] = f"{engine.name} {engine.version}"
                 stage_tables(run, engine, files)
             finally:
-                engine.stop()
+                with contextlib.suppress(Exception):  # it may have been killed with the run
+                    engine.stop()
             with run.clock.step("publish"), uninterrupted():
                 run.record["status"] = "published"
                 commit(run.target, run.record)
@@ -1367,6 +1379,11 @@ def give_up(run: Run, error: BaseException) -> None:
 MENDABLE = ("No space left on device", "Permission denied", "Read-only file system", "No such file or directory")
 
 
+def catch_signals() -> None:
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+
+
 def interrupt(number: int, _frame: object) -> None:
     """End the run in good order, and soon in any case."""
     signal.signal(number, signal.SIG_IGN)
@@ -1386,8 +1403,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    catch_signals()
     try:
         print(tell(run_job(read_settings(argv))))
         return 0

@@ -206,17 +206,17 @@ def test_the_asked_share_of_lines_is_damaged_in_many_ways(dirty: Path, kind: str
 
 def test_the_asked_share_of_log_lines_is_delivered_again_later(dirty: Path) -> None:
     first: dict[tuple[object, ...], tuple[str, str]] = {}
-    repeats, other_file, changed = 0, 0, Counter[str]()
+    repeats, other_file, changed, latest = 0, 0, Counter[str](), 0
     for path in sorted((dirty / "log_data").rglob("*.json")):
         for text in path.read_text("ascii").split("\n"):
             if not usable(text, "log_data"):
                 continue
             line = json.loads(text)
-            if not isinstance(line.get("ts"), int):
-                continue
             identity = tuple(line[key] for key in ("userId", "sessionId", "itemInSession", "ts"))
             if identity not in first:
                 first[identity] = path.name, text
+                assert line["ts"] >= latest, "a first delivery out of order: its repeat came before it"
+                latest = line["ts"]
                 assert f"{datetime.fromtimestamp(line['ts'] / 1000, timezone.utc):%Y-%m-%d}-events.json" == path.name
                 continue
             repeats += 1
