@@ -17,6 +17,7 @@ import functools
 import gzip
 import importlib.util
 import json
+import logging
 import operator
 import os
 import re
@@ -31,6 +32,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -388,6 +390,13 @@ class Folder:
             os.fsync(file.fileno())
         os.replace(self.root / SCRATCH, self.root / path)
 
+    def settle(self, paths: Iterable[str]) -> None:
+        """Have files on disk for good."""
+        for path in paths:
+            handle = os.open(self.root / path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
     def delete(self, paths: Iterable[str]) -> None:
         """Delete files or folders, and the folders above that this leaves empty; what is gone already is fine."""
         for target in (self.root / path for path in paths):
@@ -601,7 +610,7 @@ def quiet_stderr() -> Iterator[None]:
         os.dup2(log.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:
             log.seek(0)
             os.write(console, log.read())
             raise
@@ -1018,12 +1027,17 @@ KEPT_RUNS = 30
 
 
 def read_record(target: Folder, path: str) -> dict[str, Any]:
-    """A run's record, or a journal; one without tables where there is none."""
-    try:
-        record: dict[str, Any] = json.loads(target.read(path) or '{"tables": {}}')
-    except ValueError:
-        raise Stop(f"{target.root / path}: damaged, or not written by this job; move it away") from None
-    return record
+    """A run's record, or a journal; an empty one where there is none."""
+    with contextlib.suppress(ValueError):
+        record: Any = json.loads(target.read(path) or "{}")
+        if isinstance(record, dict):
+            return record
+    raise Stop(f"{target.root / path}: damaged, or not written by this job; move it away")
+
+
+def latest_tables(target: Folder) -> dict[str, Any]:
+    """The tables of the last published run."""
+    return dict(read_record(target, LATEST).get("tables", {}))
 
 
 def write_record(target: Folder, path: str, record: Mapping[str, Any]) -> None:
@@ -1034,7 +1048,7 @@ def recover(target: Folder) -> None:
     """Finish what a killed run had committed, and refuse tables of unknown origin."""
     if target.exists(JOURNAL):
         publish(target)
-    latest = read_record(target, LATEST)["tables"]
+    latest = latest_tables(target)
     for name in TABLES:
         if target.exists(name) and name not in latest:
             raise Stop(f"{target.root / name}: not written by this job; move it away, or choose another output")
@@ -1053,7 +1067,9 @@ def clean(target: Folder) -> None:
 
 def commit(target: Folder, record: Mapping[str, Any]) -> None:
     """Write the journal: what comes and what goes, for every table. From here on the new lake is the lake."""
-    old = {name: list(table["files"]) for name, table in read_record(target, LATEST)["tables"].items()}
+    old = {name: list(table["files"]) for name, table in latest_tables(target).items()}
+    for table in record["tables"].values():
+        target.settle(f"{STAGING}/{record['run']}/tables/{path}" for path in table["files"])
     write_record(target, JOURNAL, {"record": record, "old": old})
 
 
@@ -1066,7 +1082,8 @@ def publish(target: Folder) -> None:
     keep_record(target, record)
     write_record(target, LATEST, record)
     target.delete(path for paths in old.values() for path in paths)
-    target.delete([JOURNAL, f"{STAGING}/{record['run']}"])
+    clean(target)
+    target.delete([JOURNAL])
 
 
 def keep_record(target: Folder, record: Mapping[str, Any]) -> None:
@@ -1157,12 +1174,13 @@ def tell(record: Mapping[str, Any]) -> str:
         for group in (group for group in record["rejects"] if group["kind"] == kind):
             what = " ".join(filter(None, (group["reason"], group["field"])))
             lines.append(f"  {what}: {group['lines']:,}, such as {group['example']!r} in {group['source_file']}")
-        if kind == "song":
-            lines.append(f"accepted = {n.get('songs', 0):,} songs + {n.get('repeats', 0):,} repeats and older versions")
-        else:
+        if kind == "song" and "songs" in n:
+            lines.append(f"accepted = {n['songs']:,} songs + {n['repeats']:,} repeats and older versions")
+        if kind == "log":
             logged_out = f"({n['logged_out']:,} of them logged out)"
             lines.append(f"accepted = {n['plays']:,} plays + {n['other_pages']:,} other pages {logged_out}")
-            lines.append(f"plays = {n.get('songplays', 0):,} songplays + {n.get('repeats', 0):,} repeats")
+        if kind == "log" and "songplays" in n:
+            lines.append(f"plays = {n['songplays']:,} songplays + {n['repeats']:,} repeats")
     if record["tables"]:
         lines += ["", f"{'table':<12}{'rows':>12}{'files':>8}{'bytes':>14}{'change':>12}"]
     for name, table in record["tables"].items():
@@ -1236,7 +1254,6 @@ def run_job(settings: Settings) -> dict[str, Any]:
                 run.record["status"] = "published"
                 commit(run.target, run.record)
                 publish(run.target)
-                clean(run.target)
         except BaseException as error:
             give_up(run, error)
             raise
@@ -1332,7 +1349,7 @@ def count_staged(run: Run, songs: DataFrame, plays: DataFrame) -> dict[str, int]
 
 def list_tables(run: Run, counted: Mapping[str, int]) -> None:
     """Record each table's files, its rows before and now, and the files in its folder that are not the job's."""
-    before = read_record(run.target, LATEST)["tables"]
+    before = latest_tables(run.target)
     tables = f"{STAGING}/{run.record['run']}/tables/"
     for name in TABLES:
         files = run.target.list_files(tables + name)
@@ -1360,7 +1377,9 @@ def give_up(run: Run, error: BaseException) -> None:
     """Keep a failed run's record and rejects, and nothing else of it but tables that the audit refused."""
     if run.target.exists(JOURNAL):  # committed, by this run or an earlier one: the next run finishes it
         return
-    run.record.update(status="failed", error=" ".join(str(error).split())[:500] or type(error).__name__)
+    run.record.update(
+        status="failed", error=" ".join(str(explain(error) or error).split())[:500] or type(error).__name__
+    )
     staging = f"{STAGING}/{run.record['run']}"
     refused = any(check["failed"] for check in run.record["audit"])
     with contextlib.suppress(OSError):
@@ -1379,6 +1398,9 @@ def give_up(run: Run, error: BaseException) -> None:
 MENDABLE = ("No space left on device", "Permission denied", "Read-only file system", "No such file or directory")
 
 
+SIGNALS: list[int] = []  # received; an engine's client may swallow what their handler raises
+
+
 def catch_signals() -> None:
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
@@ -1387,10 +1409,25 @@ def catch_signals() -> None:
 def interrupt(number: int, _frame: object) -> None:
     """End the run in good order, and soon in any case."""
     signal.signal(number, signal.SIG_IGN)
+    SIGNALS.append(number)
+    logging.disable()  # what engines say of it
+    warnings.simplefilter("ignore")
     last_resort = threading.Timer(8, os._exit, [128 + number])
     last_resort.daemon = True
     last_resort.start()
-    raise Stop(f"interrupted by {signal.Signals(number).name}; the lake is as it was", code=128 + number)
+    raise KeyboardInterrupt
+
+
+def explain(error: BaseException) -> Stop | None:
+    """What happened, in one line, if it is a fault that the user can mend."""
+    if SIGNALS:
+        name = signal.Signals(SIGNALS[0]).name
+        return Stop(f"interrupted by {name}; every table is whole, old or new", code=128 + SIGNALS[0])
+    if isinstance(error, Stop):
+        return error
+    cause = next((words for words in MENDABLE if words in str(error)), getattr(error, "strerror", None))
+    place = getattr(error, "filename", None) or "the input or the output"
+    return Stop(f"{place}: {cause}; every table is whole, old or new") if cause else None
 
 
 @contextlib.contextmanager
@@ -1407,15 +1444,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(tell(run_job(read_settings(argv))))
         return 0
-    except Stop as stop:
-        print(f"etl.py: {stop}", file=sys.stderr)
-        return stop.code
-    except Exception as error:
-        cause = next((words for words in MENDABLE if words in str(error)), getattr(error, "strerror", None))
-        if cause:
-            place = getattr(error, "filename", None) or "the input or the output"
-            print(f"etl.py: {place}: {cause}; every table is whole, old or new", file=sys.stderr)
-            return 2
+    except SystemExit:  # --help and --version
+        raise
+    except BaseException as error:
+        stop = explain(error)
+        if stop:
+            print(f"etl.py: {stop}", file=sys.stderr)
+            return stop.code
         traceback.print_exc()
         print("etl.py: an unexpected fault; please report it with the lines above", file=sys.stderr)
         return 1
