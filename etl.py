@@ -405,7 +405,7 @@ class Folder:
             else:
                 target.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: stays, and so do those above
-                for parent in target.relative_to(self.root).parents[:-1]:
+                for parent in list(target.relative_to(self.root).parents)[:-1]:
                     (self.root / parent).rmdir()
 
     def bring_in(self, staged: str, place: str, new: Iterable[str], old: Iterable[str]) -> None:
