@@ -23,10 +23,12 @@ export_runtime := env -u POETRY_PYPI_MIRROR_URL $(poetry) export --without-urls
 export_all := $(export_runtime) --all-groups
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test sweep lint format lock lock-check clean distclean
+PYTHON39 ?= $(shell for python in python3.9 $(HOME)/.pyenv/versions/3.9.*/bin/python3.9; do $$python -c 0 2>/dev/null && echo $$python && break; done)
+
+.PHONY: help setup run test sweep test-spark35 lint format lock lock-check clean distclean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo 'Options: ARGS="..." for run, test and lock; PYTHON=python3.12 to set up with another Python.'
 
 setup: .venv/.dev ## Set up .venv for all of these (run and test do it themselves)
@@ -39,6 +41,10 @@ test: .venv/.dev ## Run the tests; make test ARGS="-k users -x" picks and stops
 
 sweep: .venv/.dev ## Run the long tests: a kill at every step, many random lakes (half an hour)
 	@SWEEP=full LAKES=50 $(python) -m pytest tests/test_publish.py tests/test_lakes.py $(ARGS)
+
+test-spark35: .venv/.dev ## Test on PySpark 3.5 and Python 3.9, as on EMR 7, where a python3.9 is found (320 MB to download)
+	@if [ -z "$(PYTHON39)" ]; then echo 'Not tested on PySpark 3.5: no python3.9 was found; name one: make test-spark35 PYTHON39=...'; \
+	else $(MAKE) --no-print-directory .venv-spark35/.done && $(python) -m pytest tests/test_spark35.py $(ARGS); fi
 
 lint: .venv/.dev ## Check style and types, change nothing
 	$(python) -m ruff check .
@@ -64,7 +70,7 @@ clean: ## Delete tables and caches
 	@find . -name '.venv*' -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Delete the environments, too
-	rm -rf .venv .venv-lock
+	rm -rf .venv .venv-lock .venv-spark35
 
 # A .venv whose Python has gone or moved since is made again.
 ifneq ($(shell { .venv/bin/python -I -S -c 'print(1)'; } 2>/dev/null),1)
@@ -95,6 +101,12 @@ endef
 	@rm .venv/.runtime
 	@$(python) $(pip_install) --require-hashes -r requirements-dev.txt
 	@touch .venv/.runtime $@
+
+.venv-spark35/.done: tests/requirements-spark35.txt
+	@echo 'Setting up .venv-spark35: PySpark 3.5, about 320 MB to download the first time.'
+	@"$(PYTHON39)" -m venv --clear .venv-spark35
+	@.venv-spark35/bin/python $(pip_install) -r tests/requirements-spark35.txt
+	@touch $@
 
 $(lock_stamp):
 	$(check_python)

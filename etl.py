@@ -15,6 +15,7 @@ import difflib
 import fcntl
 import functools
 import gzip
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -541,13 +542,12 @@ def check_engine(name: str) -> None:
     if "pyspark" not in globals():
         raise Stop("PySpark is not installed for this Python: use 'make run', or pip install -r requirements.txt")
     if name == "sail":
-        version = tuple(int(part) for part in pyspark.__version__.split(".")[:2])
-        if importlib.util.find_spec("pysail") is None:
-            raise Stop("pysail is not installed: pip install -r requirements.txt, or use --engine spark")
-        if not (3, 5) <= version <= (4, 2):
+        if importlib.util.find_spec("pysail") is None or version_of("pysail") < (0, 7):
+            raise Stop("pysail 0.7 is not installed: pip install -r requirements.txt, or use --engine spark")
+        if not (3, 5) <= version_of("pyspark") <= (4, 2):
             raise Stop(f"Sail takes PySpark 3.5 to 4.2, not {pyspark.__version__}: install one, or use --engine spark")
     elif not is_spark_given():
-        wanted = ("17", "21") if pyspark.__version__ >= "4" else ("8", "11", "17")
+        wanted = ("17", "21") if version_of("pyspark") >= (4, 0) else ("8", "11", "17")
         java = os.path.join(os.environ["JAVA_HOME"], "bin", "java") if os.environ.get("JAVA_HOME") else "java"
         try:
             words = subprocess.run([java, "-version"], capture_output=True, text=True, check=True).stderr
@@ -558,6 +558,10 @@ def check_engine(name: str) -> None:
             needs = f"Spark {pyspark.__version__} needs Java {' or '.join(wanted)}"
             has = f"{java} is Java {found[1]}" if found else f"{java} does not run"
             raise Stop(f"{needs}, and {has}: set JAVA_HOME to one, or use --engine sail, which needs none")
+
+
+def version_of(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
 
 
 def open_engine(name: str) -> Engine:
@@ -840,9 +844,13 @@ def stage_songs(song_lines: DataFrame) -> DataFrame:
 
 def stage_plays(log_lines: DataFrame) -> DataFrame:
     """One row per play: of the lines with page NextSong, one for each identity, however often it was delivered."""
+    return first_of(plays_of(log_lines), PLAY_KEY, *PLAY_ORDER)
+
+
+def plays_of(log_lines: DataFrame) -> DataFrame:
+    """One row per accepted line with page NextSong."""
     plays = log_lines.where("reason IS NULL").where(PLAY).drop("bytes", "reason", "field", "line", "page")
-    plays = plays.withColumn("user_id", F.expr("try_cast(user_id AS bigint)"))
-    return first_of(plays, PLAY_KEY, *PLAY_ORDER)
+    return plays.withColumn("user_id", F.expr("try_cast(user_id AS bigint)"))
 
 
 def build_tables(songs: DataFrame, plays: DataFrame) -> dict[str, DataFrame]:
@@ -947,6 +955,15 @@ class Check(NamedTuple):
     examples: list[str]
 
 
+ACCOUNTS = (
+    ("song", "lines", ("blank", "accepted", "rejected")),
+    ("song", "accepted", ("songs", "repeats")),  # a repeat may be an older version
+    ("log", "lines", ("blank", "accepted", "rejected")),
+    ("log", "accepted", ("plays", "other_pages")),
+    ("log", "plays", ("songplays", "repeats")),
+)
+
+
 def audit_tables(engine: Engine, folder: Path, counted: Mapping[str, int]) -> list[Check]:
     """Every rule, asked of the tables as staged. They follow from the rules above: a failure is the job's fault."""
     checks = [audit_types(engine.read(folder / name), name) for name in TABLES]
@@ -964,6 +981,16 @@ def read_tables(engine: Engine, folder: Path, names: Iterable[str] = TABLES) -> 
     """Tables as a reader sees them. The types of the folders' columns have to be told."""
     ddl = {name: ", ".join(f"{column} {kind}" for column, kind in TABLES[name].types.items()) for name in names}
     return {name: engine.read(folder / name, ddl[name]) for name in ddl}
+
+
+def audit_accounts(inputs: Mapping[str, Mapping[str, int]]) -> list[Check]:
+    """Every line of the input has one fate."""
+    checks = []
+    for kind, total, parts in ACCOUNTS:
+        off = abs(inputs[kind][total] - sum(inputs[kind][part] for part in parts))
+        lost = min(inputs[kind][part] for part in parts) < 0
+        checks.append(Check(f"{kind} lines", f"{total} = {' + '.join(parts)}", off or int(lost), []))
+    return checks
 
 
 def audit_types(frame: DataFrame, name: str) -> Check:
@@ -1012,7 +1039,7 @@ def audit_levels(users: DataFrame, songplays: DataFrame) -> Check:
     latest = songplays.groupBy("user_id").agg(F.max("start_time").alias("start_time"))
     levels = songplays.join(latest, ["user_id", "start_time"], how="inner").select("user_id", "level").distinct()
     stale = users.join(levels, ["user_id", "level"], how="left_anti")
-    return found("users", "level is the latest play's", stale.count(), stale)
+    return found("users", "level is the latest play's", int(stale.count()), stale)  # PySpark 3.5 gives numpy's
 
 
 def found(table: str, rule: str, failed: int, rows: DataFrame) -> Check:
@@ -1156,13 +1183,13 @@ def account(kind: str, staged: DataFrame) -> tuple[dict[str, int], dict[str, int
     return {row["source_file"]: row["bytes"] for row in rows}, {name: sum(row[name] for row in rows) for name in fates}
 
 
-def summarize_rejects(kind: str, rejects: DataFrame) -> list[dict[str, Any]]:
-    """Rejected lines by reason and field, most frequent first, with an example each."""
+def summarize_rejects(rejects: DataFrame) -> list[dict[str, Any]]:
+    """Rejected lines by kind, reason and field, most frequent first, with an example each."""
     example = F.min(F.struct("source_file", F.substring("line", 1, 80)))
-    rows = rejects.groupBy("reason", "field").agg(F.count("*"), example).collect()
-    keys = ("kind", "reason", "field", "lines", "source_file", "example")
-    groups = [dict(zip(keys, (kind, reason, field, lines, *first))) for reason, field, lines, first in rows]
-    return sorted(groups, key=lambda group: (-group["lines"], group["reason"], group["field"] or ""))
+    rows = rejects.groupBy("kind", "reason", "field").agg(F.count("*"), example).collect()
+    names = ("kind", "reason", "field", "lines", "source_file", "example")
+    groups = [dict(zip(names, (*row[:4], *row[4]))) for row in rows]
+    return sorted(groups, key=lambda group: (-group["lines"], group["kind"], group["reason"], group["field"] or ""))
 
 
 def tell(record: Mapping[str, Any]) -> str:
@@ -1275,6 +1302,7 @@ def stage_tables(run: Run, engine: Engine, files: Mapping[str, Files]) -> None:
     for kind, source in SOURCES.items():
         with run.clock.step(f"read {kind} lines"):
             staged[kind] = stage_input(run, engine, source, files[kind])
+    set_aside(run, engine, staged)
     check_accepted(run)
     with run.clock.step("stage plays"):
         songs = stage_songs(staged["song"])
@@ -1285,12 +1313,13 @@ def stage_tables(run: Run, engine: Engine, files: Mapping[str, Files]) -> None:
         with run.clock.step(f"build {name}"):
             write_table(engine, frame, TABLES[name], run.staging / "tables" / name, at_most)
     with run.clock.step("audit"):
-        counted = count_staged(run, songs, plays)
+        counted = count_staged(run, songs, plays, staged["log"])
         list_tables(run, counted)
-        run.record["audit"] = [check._asdict() for check in audit_tables(engine, run.staging / "tables", counted)]
+        checks = audit_accounts(run.record["inputs"]) + audit_tables(engine, run.staging / "tables", counted)
+        run.record["audit"] = [check._asdict() for check in checks]
         check_audit(run)
         tables = read_tables(engine, run.staging / "tables")
-        run.record["matched"] = tables["songplays"].where("song_id IS NOT NULL").count()
+        run.record["matched"] = int(tables["songplays"].where("song_id IS NOT NULL").count())
         levels = tables["users"].groupBy("level").count().orderBy("level").collect()
         run.record["levels"] = {row["level"]: row["count"] for row in levels}
 
@@ -1307,11 +1336,16 @@ def stage_input(run: Run, engine: Engine, spec: Source, files: Files) -> DataFra
     read, counts = account(spec.kind, staged)
     run.record["inputs"][spec.kind] = {"files": len(files), "bytes": sum(files.values()), **counts}
     prove_read(run.source, read, sizes)
-    if counts["rejected"]:
-        rejects = staged.where(FATES["rejected"]).withColumn("kind", F.lit(spec.kind)).select(*REJECT_COLUMNS)
-        engine.write(rejects.repartition(1, "kind"), run.staging / "rejects" / spec.kind)
-        run.record["rejects"] += summarize_rejects(spec.kind, rejects)
     return staged
+
+
+def set_aside(run: Run, engine: Engine, staged: Mapping[str, DataFrame]) -> None:
+    """Stage the rejected lines of all kinds together."""
+    if any(counts["rejected"] for counts in run.record["inputs"].values()):
+        kinds = (frame.withColumn("kind", F.lit(kind)).select(*REJECT_COLUMNS) for kind, frame in staged.items())
+        rejects = functools.reduce(lambda one, other: one.unionByName(other), kinds).where(FATES["rejected"])
+        engine.write(rejects.repartition(1, "source_file"), run.staging / "rejects")
+        run.record["rejects"] = summarize_rejects(rejects)
 
 
 def name_broken_archive(source: Folder, files: Files) -> None:
@@ -1336,11 +1370,12 @@ def check_accepted(run: Run) -> None:
             raise Stop(f"the input holds not one usable {'play' if kind == 'log' else 'song line'}", code=3)
 
 
-def count_staged(run: Run, songs: DataFrame, plays: DataFrame) -> dict[str, int]:
+def count_staged(run: Run, songs: DataFrame, plays: DataFrame, log_lines: DataFrame) -> dict[str, int]:
     """The rows that each table must have, counted on what is staged; completes the accounting."""
-    of_plays = plays.agg(F.count("*"), F.countDistinct("user_id"), F.countDistinct("ts")).collect()[0]
+    identities = plays_of(log_lines).select(*PLAY_KEY).distinct().agg(F.count("*")).collect()[0]
+    of_plays = plays.agg(F.countDistinct("user_id"), F.countDistinct("ts")).collect()[0]
     of_songs = songs.agg(F.countDistinct("song_id"), F.countDistinct("artist_id")).collect()[0]
-    counted = dict(zip(("songplays", "users", "time", "songs", "artists"), (*of_plays, *of_songs)))
+    counted = dict(zip(("songplays", "users", "time", "songs", "artists"), (*identities, *of_plays, *of_songs)))
     log, song = run.record["inputs"]["log"], run.record["inputs"]["song"]
     log.update(songplays=counted["songplays"], repeats=log["plays"] - counted["songplays"])
     song.update(songs=counted["songs"], repeats=song["accepted"] - counted["songs"])
@@ -1452,7 +1487,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"etl.py: {stop}", file=sys.stderr)
             return stop.code
         traceback.print_exc()
-        print("etl.py: an unexpected fault; please report it with the lines above", file=sys.stderr)
+        print(
+            "etl.py: an unexpected fault; please report it, with the lines above, where you got etl.py", file=sys.stderr
+        )
         return 1
 
 
