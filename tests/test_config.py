@@ -80,7 +80,7 @@ FORMS = {
     "unquoted and indented": "\t" + PLAIN.replace("\n", "\n\t"),
     "blank lines": "\n\n \t\n" + SINGLE.replace("\n", "\n\n") + "\n\n",
     "comment lines": "# AWS_REGION='us'\n; AWS_REGION='us'\n   # x\n" + SINGLE.replace("\n", "\n\t; AWS_REGION=us\n"),
-    "comments after quotes": SINGLE.replace("\n", " # it's mine\n") + " ; it's \"mine\"",
+    "comments after quotes": SINGLE.replace("\n", " # it's mine\n") + ' ; it\'s "mine"',
     "comments right after quotes": SINGLE.replace("\n", "#mine\n") + ";mine",
     "comments after plain values": PLAIN.replace("\n", " # mine = yours\n") + "\t; mine",
     "CRLF": SINGLE.replace("\n", "\r\n") + "\r\n",
@@ -244,8 +244,6 @@ def test_a_config_that_is_no_text_file_is_an_error_that_names_it(tmp_path: Path,
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of etl.py, as it sees it; the tests stand in another one."""
     monkeypatch.setattr(etl, "__file__", str(tmp_path / "etl.py"))
-    monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
-    monkeypatch.delenv("SPARK_REMOTE", raising=False)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     return tmp_path
@@ -253,18 +251,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_without_flags_and_file_the_defaults_stand_beside_the_script(home: Path) -> None:
     settings = etl.read_settings([])
-    assert settings == etl.Settings(str(home / "data"), str(home / "output"), "sail", 0.01, None)
+    assert settings == etl.Settings(str(home / "data"), str(home / "output"), "auto", 0.01, None)
 
 
 def test_the_file_beside_the_script_beats_the_defaults(home: Path) -> None:
     text = "INPUT_DATA_S3='s3://in/a'\nOUTPUT_DATA_S3='s3a://out/'\nMAX_REJECTS='0.2'\nMAX_SHRINK=0.5\n"
     (home / "dl.cfg").write_text(text)
-    assert etl.read_settings([]) == etl.Settings("s3://in/a", "s3a://out/", "sail", 0.2, 0.5)
+    assert etl.read_settings([]) == etl.Settings("s3://in/a", "s3a://out/", "auto", 0.2, 0.5)
 
 
 def test_placeholders_in_the_file_leave_the_defaults(home: Path) -> None:
     (home / "dl.cfg").write_text("INPUT_DATA_S3=''\nOUTPUT_DATA_S3='s3a://<>/'\nMAX_REJECTS=''\nMAX_SHRINK='<off>'\n")
-    assert etl.read_settings([]) == etl.Settings(str(home / "data"), str(home / "output"), "sail", 0.01, None)
+    assert etl.read_settings([]) == etl.Settings(str(home / "data"), str(home / "output"), "auto", 0.01, None)
 
 
 def test_flags_beat_the_file(home: Path) -> None:
@@ -278,7 +276,7 @@ def test_a_file_that_config_names_takes_the_place_of_the_one_beside_the_script(h
     (home / "dl.cfg").write_text("INPUT_DATA_S3=s3://in/\nMAX_SHRINK=0.5\n")
     (home / "elsewhere" / "mine.cfg").write_text("OUTPUT_DATA_S3=s3://out/\n")
     settings = etl.read_settings(["--config", "mine.cfg"])
-    assert settings == etl.Settings(str(home / "data"), "s3://out/", "sail", 0.01, None)
+    assert settings == etl.Settings(str(home / "data"), "s3://out/", "auto", 0.01, None)
 
 
 def test_a_relative_folder_in_the_file_is_meant_from_the_file(home: Path) -> None:
@@ -321,9 +319,11 @@ PAIR = f"AWS_ACCESS_KEY_ID='{KEY}'\nAWS_SECRET_ACCESS_KEY='{SECRET}'\n"
 HALF, OTHER_HALF = SECRET[:17], SECRET[17:]  # cut after the slash
 LETTERS = SECRET[:16]  # nothing but letters: might pass for a word
 URLS = [
-    f"{scheme}://{user}host/x"
-    for scheme in ("https", "ftp", "s3", "s3a", "S3A", "x", "")
-    for user in (f"{KEY}:{SECRET}@", f"{SECRET.replace('/', '%2F')}@", f"{KEY}:{OTHER_HALF}/{HALF}@")
+    f"https://{KEY}:{SECRET}@host/x",
+    f"s3a://{KEY}:{SECRET.replace('/', '%2F')}@bucket/x",
+    f"S3://{SECRET}@bucket",
+    f"x://{OTHER_HALF}/{HALF}@bucket",
+    f"s3a://bucket/x?key={SECRET}",
 ]
 ODD_POSITIONS = {
     "in their places": PAIR,
@@ -376,9 +376,9 @@ ODD_POSITIONS = {
     "another share": f"MAX_SHRINK={SECRET}",
     "a line end of old": f"AWS_REGION=eu\r{SECRET}",
     "NUL": f"AWS_SECRET_ACCESS_KEY\0={SECRET}",
-    **{f"INPUT_DATA_S3 {url.partition(':')[0]} {i}": f"INPUT_DATA_S3='{url}'" for i, url in enumerate(URLS)},
-    **{f"OUTPUT_DATA_S3 {url.partition(':')[0]} {i}": f"OUTPUT_DATA_S3='{url}'" for i, url in enumerate(URLS)},
-    **{f"AWS_ENDPOINT_URL {i}": f"AWS_ENDPOINT_URL='{url}'" for i, url in enumerate(URLS)},
+    **{f"an input {i}": f"INPUT_DATA_S3='{url}'" for i, url in enumerate(URLS)},
+    **{f"an output {i}": f"OUTPUT_DATA_S3='{url}'" for i, url in enumerate(URLS)},
+    "an endpoint": f"AWS_ENDPOINT_URL='{URLS[0]}'",
 }
 
 
