@@ -939,9 +939,9 @@ def write_table(engine: Engine, rows: DataFrame, table: Table, path: Path, at_mo
             here = functools.reduce(operator.and_, (F.col(name) == row[name] for name in folders), F.lit(True))
             wanted = -(-row["count"] // ROWS_PER_FILE)
             files, total = files.when(here, wanted), total + wanted
-        # Four times the room, so that few files meet in one task and become one.
+        # Four times the room, so that few files meet in one task and become one. Sail makes one of them in any case.
         rows = rows.withColumn("_file", F.pmod(F.xxhash64(table.key), files))
-        rows = rows.repartition(4 * total, *folders, "_file").drop("_file")
+        rows = rows.repartition(4 * total if total > 1 else 1, *folders, "_file").drop("_file")
     engine.write(rows, path, folders)
 
 
