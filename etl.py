@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Turn a music app's raw JSON into a star schema in parquet that analysts can trust.
+"""Turn a music app's raw JSON into tables of parquet that analysts can trust.
 
-Reads song_data/ and log_data/ below the input, builds songplays, users, songs, artists and time, audits them,
-and only then publishes them below the output. Every input line is accounted for.
+Reads song_data/ and log_data/ below the input, builds songplays, users, songs,
+artists and time, audits them, and only then publishes them below the output.
+Every input line is accounted for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import gzip
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 import operator
@@ -212,10 +214,12 @@ class Settings(NamedTuple):
 KEY_PAIR = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 OTHER_KEYS = ("AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL")
 CONFIG_KEYS = (*KEY_PAIR, *OTHER_KEYS, "INPUT_DATA_S3", "OUTPUT_DATA_S3", "MAX_REJECTS", "MAX_SHRINK")
-HELP_END = """PLACE is a folder, or an s3:// or s3a:// URL. Each setting: flag, else dl.cfg, else default.
+HELP_END = """PLACE is a folder; s3:// and s3a:// URLs come later.
+Each setting: flag, else dl.cfg, else default.
 
-exit codes: 0 done; 1 unexpected fault; 2 usage, input or output; 3 refused by accounting or audit;
-            4 another run holds the output; 130, 143 interrupted"""
+exit codes: 0 done; 1 unexpected fault; 2 usage, input or output;
+  3 refused by accounting or audit; 4 another run holds the output;
+  130, 143 interrupted"""
 
 
 def warn(message: str) -> None:
@@ -227,10 +231,13 @@ def plain_setting(path: Path, number: int, line: str) -> str:
     line = line.strip()
     setting = re.fullmatch(r"""([^=:#;\['"]+?)\s*[=:]\s*(.*)""", line)
     if not setting:
-        return "" if re.fullmatch(r"\[.*\]", line) else line
+        return "" if re.fullmatch(r"\[.*\]\s*([#;].*)?", line) else line.lstrip("[")
     key, value = setting.groups()
     if value[:1] not in ("'", '"'):
-        return key + "=" + re.sub(r"(^|\s+)[#;].*", "", value)
+        value = re.sub(r"(^|\s+)[#;].*", "", value)
+        if value.endswith(("'", '"')):
+            raise Stop(f"{path}: the quotes on line {number} do not match")
+        return f"{key}={value}"
     value, quote, rest = value[1:].partition(value[0])
     if not quote or not re.fullmatch(r"\s*([#;].*)?", rest):
         raise Stop(f"{path}: the quotes on line {number} do not match")
@@ -247,7 +254,8 @@ def read_config(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         raise Stop(f"{path}: cannot be read: {getattr(error, 'strerror', 'not a text file in UTF-8')}") from None
     parser = configparser.RawConfigParser(comment_prefixes=("#", ";"), empty_lines_in_values=False)
-    parser.optionxform = str.upper  # type: ignore[assignment,method-assign]  # how configparser wants it
+    known = {key.lower(): key for key in CONFIG_KEYS}
+    parser.optionxform = lambda key: known.get(key.lower(), key)  # type: ignore[assignment,method-assign]
     try:
         parser.read_string("[dl]\n" + "\n".join(plain_setting(path, *line) for line in enumerate(lines, start=1)))
     except configparser.DuplicateOptionError as error:
@@ -256,9 +264,9 @@ def read_config(path: Path) -> dict[str, str]:
         raise Stop(f"{path}: line {error.errors[0][0] - 1} is not of the form KEY='value'") from None
     settings = {key: value for key, value in parser.items("dl") if value and not re.search("<.*>", value)}
     for key in [key for key, _ in parser.items("dl") if key not in CONFIG_KEYS]:
-        near = difflib.get_close_matches(key, CONFIG_KEYS, n=1, cutoff=0.0)[0]
-        # A piece of a secret that is read as a key has no short words between underscores.
-        name = f" {key}" if re.fullmatch(r"[A-Z]{1,20}(_[A-Z0-9]{1,20})*", key) else ""
+        near = difflib.get_close_matches(key.upper(), CONFIG_KEYS, n=1, cutoff=0.0)[0]
+        # A piece of a secret that is read as a key is not made of words.
+        name = f" {key}" if re.fullmatch(r"[A-Z]{1,11}(_[A-Z0-9]{1,11})*|[a-z]{1,11}(_[a-z0-9]{1,11})*", key) else ""
         warn(f"{path}: unknown key{name}; the nearest known one is {near}")
     for one, other in (KEY_PAIR, KEY_PAIR[::-1], ("AWS_SESSION_TOKEN", KEY_PAIR[0])):
         if one in settings and other not in settings:
@@ -274,7 +282,7 @@ def share(name: str, text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1:
             return float(text)
-    raise Stop(f"{name}: {text!r} is not a share from 0 to 1, such as 0.01")
+    raise Stop(f"{name}: not a share from 0 to 1, such as 0.01")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -290,18 +298,16 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
     parser = ArgumentParser("etl.py", description=__doc__, epilog=HELP_END, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--config", metavar="FILE", help="settings (default: dl.cfg beside etl.py)")
-    parser.add_argument("--input", metavar="PLACE", help="song_data/ and log_data/ (default: data/ beside etl.py)")
-    parser.add_argument("--output", metavar="PLACE", help="where the tables go (default: output/ beside etl.py)")
-    words = "auto: spark under spark-submit or where SPARK_REMOTE is set, else sail, which needs no Java"
+    parser.add_argument("--input", metavar="PLACE", help="where song_data/ and log_data/ are (default: data/)")
+    parser.add_argument("--output", metavar="PLACE", help="where the tables go (default: output/)")
+    words = "auto: spark where spark-submit or SPARK_REMOTE gives it, else sail"
     parser.add_argument("--engine", choices=("auto", "sail", "spark"), default="auto", help=words)
-    parser.add_argument(
-        "--max-rejects", metavar="SHARE", help="stop above this share of rejected lines (default: 0.01)"
-    )
-    parser.add_argument(
-        "--max-shrink", metavar="SHARE", help="stop if a table would lose more of its rows (default: off)"
-    )
+    parser.add_argument("--max-rejects", metavar="SHARE", help="most lines rejected (default: 0.01)")
+    parser.add_argument("--max-shrink", metavar="SHARE", help="most rows lost by a table (default: off)")
     parser.add_argument("--version", action="version", version=f"etl.py {VERSION}")
     flags = parser.parse_args(argv)
+    for name in (name for name, value in vars(flags).items() if value is not None and not value.strip()):
+        raise Stop(f"--{name.replace('_', '-')} is empty")
     path = Path(flags.config) if flags.config else home / "dl.cfg"
     config = read_config(path) if flags.config or path.exists() else {}
     max_shrink = flags.max_shrink or config.get("MAX_SHRINK")
@@ -346,10 +352,14 @@ class Folder:
             if any(os.path.realpath(above) == real for above in Path(parent).parents):
                 raise Stop(f"{parent}: a link that leads back to a folder above it")
             for path in (Path(parent, name) for name in names if not name.startswith(("_", "."))):
+                if re.search("[\n\ud800-\udfff]", str(path)):
+                    raise Stop(f"{str(path)!r}: a name that is not UTF-8, or holds a line end; rename it")
+                if path.is_symlink() and not path.exists():
+                    raise Stop(f"{path}: a link to nowhere")
                 if not path.name.endswith((".json", ".json.gz")):
                     others.append(path.relative_to(self.root).as_posix())
                 elif not path.is_file():
-                    raise Stop(f"{path}: not a file, or a link to nowhere")
+                    raise Stop(f"{path}: not a file")
                 elif not os.access(path, os.R_OK):
                     raise Stop(f"{path}: may not be read")
                 else:
@@ -472,8 +482,8 @@ def open_place(text: str) -> Folder:
     if not separator:
         return Folder(text)
     if scheme.lower() in ("s3", "s3a"):
-        raise Stop(f"{text}: this version reads and writes folders only, not S3 yet")
-    raise Stop(f"{text}: a place is a folder, or an s3:// or s3a:// URL, not {scheme}://")
+        raise Stop(f"{scheme}://…: this version reads and writes folders only, not S3 yet")
+    raise Stop(f"{scheme}://…: a place is a folder, or an s3:// or s3a:// URL")
 
 
 def check_places(source: Folder, target: Folder) -> None:
@@ -518,14 +528,8 @@ class Engine(NamedTuple):
 
 
 def choose_engine(asked: str) -> str:
-    if asked != "auto":
-        return asked
-    return "spark" if is_spark_given() else "sail"
-
-
-def is_spark_given() -> bool:
-    """By spark-submit, or by whoever runs a Spark Connect server."""
-    return "PYSPARK_GATEWAY_PORT" in os.environ or "SPARK_REMOTE" in os.environ
+    given = "PYSPARK_GATEWAY_PORT" in os.environ or os.environ.get("SPARK_REMOTE")
+    return asked if asked != "auto" else "spark" if given else "sail"
 
 
 # What a Spark on this machine starts with; a cluster's settings belong to its submit command.
@@ -546,7 +550,13 @@ def check_engine(name: str) -> None:
             raise Stop("pysail 0.7 is not installed: pip install -r requirements.txt, or use --engine spark")
         if not (3, 5) <= version_of("pyspark") <= (4, 2):
             raise Stop(f"Sail takes PySpark 3.5 to 4.2, not {pyspark.__version__}: install one, or use --engine spark")
-    elif not is_spark_given():
+    elif os.environ.get("SPARK_REMOTE"):
+        remote = urllib.parse.urlsplit(os.environ["SPARK_REMOTE"])  # never told: it may hold a token
+        try:
+            socket.create_connection((remote.hostname or "", remote.port or 15002), timeout=10).close()
+        except (OSError, ValueError):
+            raise Stop("SPARK_REMOTE: nobody answers there; it is of the form sc://HOST:PORT") from None
+    elif "PYSPARK_GATEWAY_PORT" not in os.environ:
         wanted = ("17", "21") if version_of("pyspark") >= (4, 0) else ("8", "11", "17")
         java = os.path.join(os.environ["JAVA_HOME"], "bin", "java") if os.environ.get("JAVA_HOME") else "java"
         try:
@@ -574,9 +584,13 @@ def open_engine(name: str) -> Engine:
 
 def open_sail() -> Engine:
     os.environ.setdefault("RUST_LOG", "error")  # else it logs every start to the console
-    import pysail
-    from pysail.spark import SparkConnectServer
-
+    os.environ.update(no_grpc_proxy="127.0.0.1")  # the server is in this process, whatever proxy there is
+    os.environ.pop("MASTER", None)  # PySpark takes it for a second engine
+    try:
+        import pysail
+        from pysail.spark import SparkConnectServer
+    except ImportError as error:
+        raise Stop(f"pysail is broken: {error}; pip install -r requirements.txt, or use --engine spark") from None
     server = SparkConnectServer(port=0)
     server.start(background=True)
     host, port = server.listening_address
@@ -595,7 +609,7 @@ def open_spark() -> Engine:
     builder = SparkSession.builder.appName("etl.py")
     if "PYSPARK_GATEWAY_PORT" in os.environ:
         spark = builder.config("spark.log.level", "WARN").getOrCreate()
-    elif "SPARK_REMOTE" in os.environ:
+    elif os.environ.get("SPARK_REMOTE"):
         spark = builder.remote(os.environ["SPARK_REMOTE"]).create()
     else:
         for key, value in LOCAL_SPARK.items():
@@ -642,6 +656,8 @@ def read_lines(engine: Engine, place: Folder, folder: str, files: Files, parts: 
     if engine.name == "spark":
         sizes = {path: UNKNOWN if path.endswith(".gz") else size for path, size in files.items()}
         return read_text(engine, place, folder), sizes
+    for path in (path for path in files if re.search(r"/(path|length|content|modificationTime)=", path)):
+        raise Stop(f"{place.root / path}: Sail takes this folder's name for a column of its own; use --engine spark")
     cut = [path for path, size in files.items() if path.endswith(".gz") or size > 2 * PART]
     sizes = {path: size for path, size in files.items() if path not in set(cut)}
     all_packed = all(path.endswith(".gz") for path in cut)  # then the pattern tells them from the others
@@ -672,9 +688,9 @@ def read_binary(engine: Engine, place: Folder, paths: Sequence[str]) -> DataFram
     text = raw.select("path", "length", F.expr("make_valid_utf8(content)").alias("text"))
     text = text.withColumn("text", F.expr(r"if(endswith(text, '\n'), substr(text, 1, length(text) - 1), text)"))
     lines = text.select("path", "length", F.posexplode(F.split("text", "\n")).alias("i", "line"))
-    # An empty file has no line. Without its second half the filter would run before the split, and gather
-    # thousands of files in memory there.
-    lines = lines.where("length > 0 OR line <> ''")
+    # An empty file has no line, nor has one of a BOM alone. Each half of the filter needs the line: one that does
+    # not would run before the split, and gather thousands of files in memory there.
+    lines = lines.where("NOT (line = '' AND length = 0 OR line = '\ufeff' AND length = 3)")
     first, line = F.col("i") == 0, F.col("line")
     without_bom = F.when(first & line.startswith("\ufeff"), F.expr("substring(line, 2)")).otherwise(line)
     return lines.select(  # a path comes without scheme and leading slash
@@ -776,7 +792,12 @@ def stage_lines(lines: DataFrame, source: Source) -> DataFrame:
 
 def typed_column(field: Field) -> Column:
     value = F.col(f"_json.{field.name}")
-    return (value + 0.0 if field.type == "double" else value).alias(field.column)  # -0.0 becomes 0.0
+    if field.type == "double":
+        # Sail's from_json is one unit off in the last place of a long fraction; a cast is not.
+        written = F.expr(rf"""try_cast(regexp_extract(_text, '"{field.name}"\\s*:\\s*([-+.0-9eE]+)', 1) AS double)""")
+        exact = F.when(F.abs(written - value) <= F.abs(value) * 1e-12, written).otherwise(value)
+        value = F.when(F.length(value.cast("string")) > 15, exact).otherwise(value) + 0.0  # -0.0 becomes 0.0
+    return value.alias(field.column)
 
 
 def fault(reason: str, field: Field | None = None) -> Column:
@@ -791,9 +812,14 @@ def missing_or_wrong_type(field: Field) -> Column:
 
 
 def looks_whole(source: Source) -> Column:
-    """True where from_json found the first field, and the only brace that closes is the last character."""
+    """True where from_json found the first field and lost no text, and the one closing brace is the last character."""
     text = F.col("_text")
-    return F.col(source.fields[0].column).isNotNull() & (F.locate("}", text) == F.length(text))
+    whole = F.col(source.fields[0].column).isNotNull() & (F.locate("}", text) == F.length(text))
+    for field in (field for field in source.fields if field.type == "string"):
+        # Spark reads on behind a text that it could not read.
+        told = text.contains(f'"{field.name}"') & ~text.contains(f'"{field.name}":null')
+        whole &= F.when(F.col(field.column).isNull(), ~told).otherwise(F.lit(True))
+    return whole
 
 
 def is_no_object(source: Source) -> Column:
@@ -877,11 +903,12 @@ def build_songplays(plays: DataFrame, songs: DataFrame) -> DataFrame:
 
     Where several songs are described alike, the lowest song_id, then artist_id, is meant: a play never multiplies.
     """
+    identity = " || '|' || ".join(f"CAST({name} AS string)" for name in PLAY_KEY)
     description = ("title", "artist_name", "duration")
     catalogue = first_of(songs.select(*description, "song_id", "artist_id"), description, "song_id", "artist_id")
     is_song = (F.col("song") == F.col("title")) & (F.col("artist") == F.col("artist_name"))
     matched = plays.join(catalogue, is_song & (F.col("length") == F.col("duration")), how="left")
-    return with_calendar(matched).withColumn("songplay_id", F.md5(F.concat_ws("|", *PLAY_KEY)))
+    return with_calendar(matched).withColumn("songplay_id", F.expr(f"md5({identity})"))
 
 
 def build_users(plays: DataFrame) -> DataFrame:
@@ -1227,7 +1254,8 @@ def tell(record: Mapping[str, Any]) -> str:
     lines += [f"not this job's, left as it is: {path}" for path in record["foreign"][:5]]
     lines.append("seconds: " + ", ".join(f"{step} {seconds:.1f}" for step, seconds in record["seconds"].items()))
     if record["status"] == "published":
-        glob = f"{record['output']}/songplays/**/*.parquet".replace("'", "''")
+        place = re.sub(r"([*?\[])", r"[\1]", record["output"]).replace("'", "''")
+        glob = f"{place}/songplays/**/*.parquet"
         lines += [
             "",
             "in DuckDB:",
@@ -1480,6 +1508,8 @@ def uninterrupted() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     catch_signals()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print(tell(run_job(read_settings(argv))))
         return 0

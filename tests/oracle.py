@@ -34,9 +34,9 @@ def read_lines(folder: Path, kind: str) -> Iterator[tuple[str, str]]:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name.endswith((".json", ".json.gz")) and "/_" not in name:  # glob itself passes over "/."
             content = gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes()
-            lines = content.decode("utf-8", errors="replace").split("\n")
-            for number, line in enumerate(lines if lines[-1] else lines[:-1]):
-                yield name, (line if number else line.removeprefix("\ufeff")).removesuffix("\r")
+            lines = content.decode("utf-8", errors="replace").removeprefix("\ufeff").split("\n")
+            for line in lines if lines[-1] else lines[:-1]:
+                yield name, line.removesuffix("\r")
 
 
 def write_json(value: Any) -> str:
