@@ -39,7 +39,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple, NoReturn
 
@@ -321,6 +321,41 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
 
 
 # =====================================================================================================================
+# Signals: a run ends in good order
+# =====================================================================================================================
+
+SIGNALS: list[int] = []  # received; an engine's client may swallow what their handler raises
+
+
+def catch_signals() -> None:
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def interrupt(number: int, _frame: object) -> None:
+    """End the run in good order, and soon in any case."""
+    signal.signal(number, signal.SIG_IGN)
+    SIGNALS.append(number)
+    logging.disable()  # what engines say of it
+    warnings.simplefilter("ignore")
+    last_resort = threading.Timer(8, os._exit, [128 + number])
+    last_resort.daemon = True
+    last_resort.start()
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """For what is done sooner than given up: from the commit on, and the end of a run."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# =====================================================================================================================
 # Storage: a place on disk. Paths are relative to its root, with forward slashes.
 # =====================================================================================================================
 
@@ -370,8 +405,12 @@ class Folder:
 
     def list_files(self, folder: str) -> Files:
         """Every file below the folder, links as themselves; nothing where the folder is missing."""
-        paths = (path for path in (self.root / folder).rglob("*") if path.is_symlink() or not path.is_dir())
-        return {path.relative_to(self.root).as_posix(): path.lstat().st_size for path in sorted(paths)}
+        found: Files = {}
+        for parent, folders, names in os.walk(self.root / folder, onerror=raise_error if self.exists(folder) else None):
+            for path in (Path(parent, name) for name in folders + names):
+                if path.is_symlink() or path.name in names:
+                    found[path.relative_to(self.root).as_posix()] = path.lstat().st_size
+        return dict(sorted(found.items()))
 
     def list_names(self, folder: str) -> list[str]:
         """What stands directly in the folder; nothing where it is missing."""
@@ -411,6 +450,10 @@ class Folder:
     def delete(self, paths: Iterable[str]) -> None:
         """Delete files or folders, and the folders above that this leaves empty; what is gone already is fine."""
         for target in (self.root / path for path in paths):
+            if os.path.realpath(target.parent) != os.path.join(
+                os.path.realpath(self.root), *target.relative_to(self.root).parts[:-1]
+            ):
+                continue  # somebody put a link there: what it leads to is not ours
             if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)
             else:
@@ -456,12 +499,13 @@ class Folder:
                 other = json.loads(self.read(OWNER) or b"{}")
                 who = "run {run} on {host} since {since}".format(**other) if other else "a run that has just begun"
                 raise Stop(f"{self}: held by {who}; try again when it has ended", code=4) from None
-            self.write(OWNER, json.dumps(owner).encode())
-            yield
+            try:
+                self.write(OWNER, json.dumps(owner).encode())
+                yield
+            finally:
+                with uninterrupted(), contextlib.suppress(OSError):
+                    self.delete([SCRATCH, OWNER])
         finally:
-            with contextlib.suppress(OSError):
-                if json.loads(self.read(OWNER) or b"{}") == owner:
-                    self.delete([OWNER])
             os.close(handle)
 
 
@@ -1102,14 +1146,18 @@ def write_record(target: Folder, path: str, record: Mapping[str, Any]) -> None:
     target.write(path, json.dumps(record, indent=1, ensure_ascii=False).encode())
 
 
+def check_origin(target: Folder) -> None:
+    """Refuse an output whose tables no run of this job accounts for."""
+    published = {*latest_tables(target), *read_record(target, JOURNAL).get("record", {}).get("tables", {})}
+    for name in TABLES:
+        if target.exists(name) and (name not in published or not (target.root / name).is_dir()):
+            raise Stop(f"{target.root / name}: not written by this job; move it away, or choose another output")
+
+
 def recover(target: Folder) -> None:
-    """Finish what a killed run had committed, and refuse tables of unknown origin."""
+    """Finish what a killed run had committed, remove what it had not."""
     if target.exists(JOURNAL):
         publish(target)
-    latest = latest_tables(target)
-    for name in TABLES:
-        if target.exists(name) and name not in latest:
-            raise Stop(f"{target.root / name}: not written by this job; move it away, or choose another output")
     clean(target)
 
 
@@ -1120,7 +1168,7 @@ def clean(target: Folder) -> None:
     dead = [f"{RUNS}/{name}" for name in runs if name[: -len(".json")] not in kept]
     dead += [f"{REJECTS}/{name}" for name in target.list_names(REJECTS) if name not in kept]
     dead += [f"{STAGING}/{name}" for name in target.list_names(STAGING)]
-    target.delete(path for path in dead if RUN_NAME.match(os.path.basename(path)) or path == SCRATCH)
+    target.delete(path for path in dead if RUN_NAME.fullmatch(path.split("/")[1].split(".json")[0]) or path == SCRATCH)
 
 
 def commit(target: Folder, record: Mapping[str, Any]) -> None:
@@ -1190,7 +1238,7 @@ class Clock:
                 print(end="\r\x1b[K", file=sys.stderr, flush=True)
         self.seconds[name] = round(time.monotonic() - begin, 3)
         if not live:
-            print(f"{name:<20}{self.seconds[name]:7.1f} s", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{name:<20}{self.seconds[name]:7.1f} s\n")
 
 
 FATES = {
@@ -1298,6 +1346,7 @@ def run_job(settings: Settings) -> dict[str, Any]:
     run.record.update(tables={}, audit=[], ignored=ignored, foreign=[], seconds=run.clock.seconds)
     owner = {"run": run.record["run"], "host": socket.gethostname(), "since": run.record["started"]}
     with run.target.locked(owner):
+        check_origin(run.target)
         try:
             recover(run.target)
             with run.clock.step("start engine"):
@@ -1314,7 +1363,8 @@ def run_job(settings: Settings) -> dict[str, Any]:
                 commit(run.target, run.record)
                 publish(run.target)
         except BaseException as error:
-            give_up(run, error)
+            with uninterrupted():
+                give_up(run, error)
             raise
     return run.record
 
@@ -1424,7 +1474,11 @@ def list_tables(run: Run, counted: Mapping[str, int]) -> None:
         data = {path[len(tables) :]: size for path, size in files.items() if is_data(path)}
         old = before.get(name, {"rows": None, "files": {}})
         run.record["tables"][name] = {"rows": counted[name], "before": old["rows"], "files": data}
-        run.record["foreign"] += sorted(run.target.list_files(name).keys() - old["files"].keys())
+        foreign = sorted(run.target.list_files(name).keys() - old["files"].keys())
+        folders = {str(parent) for path in data for parent in PurePosixPath(path).parents}
+        for path in folders.intersection(foreign):
+            raise Stop(f"{run.target.root / path}: stands where {name} needs a folder; move it away")
+        run.record["foreign"] += foreign
 
 
 def check_audit(run: Run) -> None:
@@ -1448,11 +1502,12 @@ def give_up(run: Run, error: BaseException) -> None:
         status="failed", error=" ".join(str(explain(error) or error).split())[:500] or type(error).__name__
     )
     staging = f"{STAGING}/{run.record['run']}"
-    refused = any(check["failed"] for check in run.record["audit"])
+    kept = {"rejects", "tables"} if any(check["failed"] for check in run.record["audit"]) else {"rejects"}
+    with contextlib.suppress(OSError):  # on a full disk, makes room for the record
+        run.target.delete(f"{staging}/{name}" for name in run.target.list_names(staging) if name not in kept)
     with contextlib.suppress(OSError):
         keep_record(run.target, run.record)
-        names = run.target.list_names(staging)
-        run.target.delete(f"{staging}/{name}" for name in names if name != "tables" or not refused)
+        run.target.delete([] if "tables" in kept else [staging])
     if run.record["inputs"]:
         print(tell(run.record))
 
@@ -1465,26 +1520,6 @@ def give_up(run: Run, error: BaseException) -> None:
 MENDABLE = ("No space left on device", "Permission denied", "Read-only file system", "No such file or directory")
 
 
-SIGNALS: list[int] = []  # received; an engine's client may swallow what their handler raises
-
-
-def catch_signals() -> None:
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-
-
-def interrupt(number: int, _frame: object) -> None:
-    """End the run in good order, and soon in any case."""
-    signal.signal(number, signal.SIG_IGN)
-    SIGNALS.append(number)
-    logging.disable()  # what engines say of it
-    warnings.simplefilter("ignore")
-    last_resort = threading.Timer(8, os._exit, [128 + number])
-    last_resort.daemon = True
-    last_resort.start()
-    raise KeyboardInterrupt
-
-
 def explain(error: BaseException) -> Stop | None:
     """What happened, in one line, if it is a fault that the user can mend."""
     if SIGNALS:
@@ -1495,15 +1530,6 @@ def explain(error: BaseException) -> Stop | None:
     cause = next((words for words in MENDABLE if words in str(error)), getattr(error, "strerror", None))
     place = getattr(error, "filename", None) or "the input or the output"
     return Stop(f"{place}: {cause}; every table is whole, old or new") if cause else None
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Once it is about to be committed, a run is finished sooner than given up."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
