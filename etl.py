@@ -9,6 +9,7 @@ Every input line is accounted for.
 from __future__ import annotations
 
 import argparse
+import codecs
 import configparser
 import contextlib
 import ctypes
@@ -749,19 +750,23 @@ def without_carriage_return(line: Column) -> Column:
 
 
 def cut_up(place: Folder, path: str, parts: Folder) -> int:
-    """Copy a file, unpacked, into parts that end where a line ends; return its bytes."""
-    total, rest, target = 0, b"", parts.root / path
+    """Copy a file, unpacked, into parts that end where a line ends; return their bytes."""
+    size, rest, target = 0, b"", parts.root / path
     target.mkdir(parents=True)
+
+    def put(part: bytes) -> int:
+        if size and part.startswith(codecs.BOM_UTF8):  # not at the file's start, so it stays: the reader drops one
+            part = codecs.BOM_UTF8 + part
+        return size + (target / f"{size}.json").write_bytes(part)
+
     try:
         with place.open(path) as file:
             while block := file.read(PART):
                 head, end, rest = (rest + block).rpartition(b"\n")
-                (target / f"{total}.json").write_bytes(head + end)
-                total += len(block)
+                size = put(head + end)
     except BROKEN_ARCHIVE as error:
         raise Stop(f"{place.root / path}: a broken archive: {error}") from None
-    (target / f"{total}.json").write_bytes(rest)
-    return total
+    return put(rest)
 
 
 def prove_read(place: Folder, found: Mapping[str, int], expected: Files) -> None:
@@ -837,10 +842,13 @@ def stage_lines(lines: DataFrame, source: Source) -> DataFrame:
 def typed_column(field: Field) -> Column:
     value = F.col(f"_json.{field.name}")
     if field.type == "double":
-        # Sail's from_json is one unit off in the last place of a long fraction; a cast is not.
-        written = F.expr(rf"""try_cast(regexp_extract(_text, '"{field.name}"\\s*:\\s*([-+.0-9eE]+)', 1) AS double)""")
+        # Sail's from_json is one unit off in the last place of long numbers; a cast is not.
+        name, number = f'"{field.name}"', "([-+.0-9eE]+)"
+        begin = F.expr(f"""ltrim(substring(_text, locate('{name}:', _text) + {len(name) + 1}, 18))""")
+        is_long = (F.locate(f"{name}:", F.col("_text")) == 0) | begin.rlike("^[-.0-9]{15}|^[-.0-9]+[eE]")
+        written = F.expr(rf"try_cast(regexp_extract(_text, '{name}\\s*:\\s*{number}', 1) AS double)")
         exact = F.when(F.abs(written - value) <= F.abs(value) * 1e-12, written).otherwise(value)
-        value = F.when(F.length(value.cast("string")) > 15, exact).otherwise(value) + 0.0  # -0.0 becomes 0.0
+        value = F.when(value.isNotNull() & is_long, exact).otherwise(value) + 0.0  # -0.0 becomes 0.0
     return value.alias(field.column)
 
 
@@ -856,11 +864,10 @@ def missing_or_wrong_type(field: Field) -> Column:
 
 
 def looks_whole(source: Source) -> Column:
-    """True where from_json found the first field and lost no text, and the one closing brace is the last character."""
+    """True where from_json found the first field and lost none, and the one closing brace is the last character."""
     text = F.col("_text")
     whole = F.col(source.fields[0].column).isNotNull() & (F.locate("}", text) == F.length(text))
-    for field in (field for field in source.fields if field.type == "string"):
-        # Spark reads on behind a text that it could not read.
+    for field in source.fields:  # Spark reads on behind a value that it could not read
         told = text.contains(f'"{field.name}"') & ~text.contains(f'"{field.name}":null')
         whole &= F.when(F.col(field.column).isNull(), ~told).otherwise(F.lit(True))
     return whole

@@ -44,7 +44,7 @@ def write_json(value: Any) -> str:
 
 
 def read_value(field: str, value: Any) -> Any:
-    """The value in its field's type, None if it is of another; ValueError for a number that this type has no room for."""
+    """The value in its field's type, None if it is of another; ValueError for a number that does not fit in."""
     if field not in INTEGERS + DOUBLES:
         return value if value is None or isinstance(value, str) else write_json(value)
     if type(value) not in (int, float):  # true is neither
