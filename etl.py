@@ -484,7 +484,7 @@ class Folder:
             kept = target / path[len(staged) + 1 :]
             kept.parent.mkdir(parents=True, exist_ok=True)
             os.rename(self.root / path, kept)
-        for parent, folders, names in os.walk(source):
+        for parent, folders, names in os.walk(source, onerror=raise_error if source.exists() else None):
             if not folders and not names:
                 (target / Path(parent).relative_to(source)).mkdir(parents=True, exist_ok=True)
 
@@ -1170,12 +1170,13 @@ def recover(target: Folder) -> None:
 
 def clean(target: Folder) -> None:
     """Remove the staging and rejects of runs that left no record, and records beyond the newest."""
-    runs = [name for name in target.list_names(RUNS) if RUN_NAME.match(name)]
+    runs = [name for name in target.list_names(RUNS) if re.fullmatch(RUN_NAME.pattern + r"\.json", name)]
     kept = {name[: -len(".json")] for name in runs[-KEPT_RUNS:]} | {read_record(target, LATEST).get("run")}
     dead = [f"{RUNS}/{name}" for name in runs if name[: -len(".json")] not in kept]
-    dead += [f"{REJECTS}/{name}" for name in target.list_names(REJECTS) if name not in kept]
-    dead += [f"{STAGING}/{name}" for name in target.list_names(STAGING)]
-    target.delete(path for path in dead if RUN_NAME.fullmatch(path.split("/")[1].split(".json")[0]) or path == SCRATCH)
+    for folder, keep in ((REJECTS, kept), (STAGING, set())):
+        names = (name for name in target.list_names(folder) if RUN_NAME.fullmatch(name))
+        dead += [f"{folder}/{name}" for name in names if name not in keep]
+    target.delete([*dead, SCRATCH])
 
 
 def commit(target: Folder, record: Mapping[str, Any]) -> None:
@@ -1245,7 +1246,8 @@ class Clock:
                 print(end="\r\x1b[K", file=sys.stderr, flush=True)
         self.seconds[name] = round(time.monotonic() - begin, 3)
         if not live:
-            sys.stderr.write(f"{name:<20}{self.seconds[name]:7.1f} s\n")
+            with contextlib.suppress(OSError):  # nobody reads it
+                sys.stderr.write(f"{name:<20}{self.seconds[name]:7.1f} s\n")
 
 
 FATES = {
@@ -1363,8 +1365,7 @@ def run_job(settings: Settings) -> dict[str, Any]:
                 run.record["engine"] = f"{engine.name} {engine.version}"
                 stage_tables(run, engine, files)
             finally:
-                with contextlib.suppress(Exception):  # it may have been killed with the run
-                    engine.stop()
+                stop(engine)
             with run.clock.step("publish"), uninterrupted():
                 run.record["status"] = "published"
                 commit(run.target, run.record)
@@ -1374,6 +1375,18 @@ def run_job(settings: Settings) -> dict[str, Any]:
                 give_up(run, error)
             raise
     return run.record
+
+
+def stop(engine: Engine) -> None:
+    """Stop the engine; one that a signal has left unable to stop is not waited for."""
+
+    def try_to() -> None:
+        with contextlib.suppress(Exception):  # it may have been killed with the run
+            engine.stop()
+
+    thread = threading.Thread(target=try_to, daemon=True)
+    thread.start()
+    thread.join(3 if SIGNALS else None)
 
 
 def list_sources(source: Folder) -> tuple[dict[str, Files], list[str]]:
@@ -1544,7 +1557,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(tell(run_job(read_settings(argv))))
+        report = tell(run_job(read_settings(argv)))
+        try:
+            print(report, flush=True)
+        except BrokenPipeError:  # nobody reads it; the tables are published all the same
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except SystemExit:  # --help and --version
         raise

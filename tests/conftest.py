@@ -126,8 +126,11 @@ def start_spark_connect(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
 
 
 def path_env(**extra: str) -> dict[str, str]:
-    """This environment, with the Python that runs the tests first on PATH."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **extra}
+    """This environment, with the Python that runs the tests first on PATH, without what an open session left in it."""
+    here = {
+        name: value for name, value in os.environ.items() if name not in ("SPARK_CONNECT_MODE_ENABLED", "SPARK_REMOTE")
+    }
+    return {**here, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **extra}
 
 
 @pytest.fixture(scope="session")

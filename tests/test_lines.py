@@ -832,7 +832,7 @@ def read_rows(engine: etl.Engine, folder: Path, parts: Path) -> list[Row]:
     return sorted((row["source_file"], row["line"]) for row in rows)
 
 
-@pytest.mark.parametrize("part", [1, 7, 16, 64])
+@pytest.mark.parametrize("part", [1, 7, 16, 48])
 def test_big_files_are_cut_where_a_line_ends(
     engine: etl.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
