@@ -505,13 +505,13 @@ def test_a_spark_remote_where_nobody_answers_is_one_line(refused_engine: Refuse)
 # ---------------------------------------------------------------------------------------------------------------------
 
 SECRETS = {
-    "AWS_ACCESS_KEY_ID": "AKIAQ3EGZYVN5TKWM2XH",
+    "AWS_ACCESS_KEY_ID": "XKIDQ3EGZYVN5TKWM2XH",
     "AWS_SECRET_ACCESS_KEY": "qVxKdTfzLmRbWcHs/JgNpYtQu3+Zo8EvXaBiDeFkwO",
     "AWS_SESSION_TOKEN": "FwoGZXIvYXdzEJrLkPmQsTuVwXyZaBcDeFgH==",
     "AWS_ENDPOINT_URL": "https://someone:JhGfDsAqWeRtYuIoP@host:9000",
 }
 SECRETS_OF_THE_ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": "ASIAZ7HNQXPL4RWVE9CJ",
+    "AWS_ACCESS_KEY_ID": "XSIDZ7HNQXPL4RWVE9CJ",
     "AWS_SECRET_ACCESS_KEY": "zMnBvCxLkJhGfDsA+pOiUyTrEwQ/1029384756QpWo",
     "AWS_SESSION_TOKEN": "IQoJb3JpZ2luX2VjEPLoKmIjNuHbYgVtFcRdXeSzWaQ==",
     "AWS_ENDPOINT_URL": "https://another:MnBvCxZqAwSxEdCrF@host:9000",
