@@ -408,9 +408,9 @@ class Folder:
         """Every file below the folder, links as themselves; nothing where the folder is missing."""
         found: Files = {}
         for parent, folders, names in os.walk(self.root / folder, onerror=raise_error if self.exists(folder) else None):
-            for path in (Path(parent, name) for name in folders + names):
-                if path.is_symlink() or path.name in names:
-                    found[path.relative_to(self.root).as_posix()] = path.lstat().st_size
+            links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+            for path in (Path(parent, name) for name in links + names):
+                found[path.relative_to(self.root).as_posix()] = path.lstat().st_size
         return dict(sorted(found.items()))
 
     def list_names(self, folder: str) -> list[str]:
@@ -450,17 +450,17 @@ class Folder:
 
     def delete(self, paths: Iterable[str]) -> None:
         """Delete files or folders, and the folders above that this leaves empty; what is gone already is fine."""
-        for target in (self.root / path for path in paths):
-            if os.path.realpath(target.parent) != os.path.join(
-                os.path.realpath(self.root), *target.relative_to(self.root).parts[:-1]
-            ):
+        root = Path(os.path.realpath(self.root))
+        for path in paths:
+            target = self.root / path
+            if Path(os.path.realpath(target.parent)) != (root / path).parent:
                 continue  # somebody put a link there: what it leads to is not ours
             if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: stays, and so do those above
-                for parent in list(target.relative_to(self.root).parents)[:-1]:
+                for parent in list(Path(path).parents)[:-1]:
                     (self.root / parent).rmdir()
 
     def bring_in(self, staged: str, place: str, new: Iterable[str], old: Iterable[str]) -> None:
