@@ -1355,8 +1355,8 @@ def run_job(settings: Settings) -> dict[str, Any]:
     run.record.update(tables={}, audit=[], ignored=ignored, foreign=[], seconds=run.clock.seconds)
     owner = {"run": run.record["run"], "host": socket.gethostname(), "since": run.record["started"]}
     with run.target.locked(owner):
-        check_origin(run.target)
         try:
+            check_origin(run.target)
             recover(run.target)
             with run.clock.step("start engine"):
                 engine = open_engine(name)
@@ -1517,6 +1517,10 @@ def check_audit(run: Run) -> None:
 def give_up(run: Run, error: BaseException) -> None:
     """Keep a failed run's record and rejects, and nothing else of it but tables that the audit refused."""
     if run.target.exists(JOURNAL):  # committed, by this run or an earlier one: the next run finishes it
+        return
+    try:
+        check_origin(run.target)
+    except Stop:  # not an output of this job: it stays as it is
         return
     run.record.update(
         status="failed", error=" ".join(str(explain(error) or error).split())[:500] or type(error).__name__
