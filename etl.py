@@ -388,8 +388,8 @@ class Folder:
             if any(os.path.realpath(above) == real for above in Path(parent).parents):
                 raise Stop(f"{parent}: a link that leads back to a folder above it")
             for path in (Path(parent, name) for name in names if not name.startswith(("_", "."))):
-                if re.search("[\n\ud800-\udfff]", str(path)):
-                    raise Stop(f"{str(path)!r}: a name that is not UTF-8, or holds a line end; rename it")
+                if re.search("[\x00-\x1f\x7f\ud800-\udfff]", str(path)):
+                    raise Stop(f"{str(path)!r}: a name that is not UTF-8, or holds a control character; rename it")
                 if path.is_symlink() and not path.exists():
                     raise Stop(f"{path}: a link to nowhere")
                 if not path.name.endswith((".json", ".json.gz")):
@@ -792,6 +792,7 @@ STRICT_JSON = {
     "allowNonNumericNumbers": "false",
     "maxNestingDepth": "127",  # Sail's own limit
     "maxStringLen": str(2**31 - 1),
+    "columnNameOfCorruptRecord": "_fault",  # Spark reads on behind a value that it could not read, and tells so here
 }
 INFINITY = float("inf")
 HEX = "[0-9a-fA-F]"
@@ -807,10 +808,10 @@ def stage_lines(lines: DataFrame, source: Source) -> DataFrame:
     fault; only a rejected line keeps its text. The engines' from_json differ on odd lines: a line that either
     may have taken too kindly, or not at all, gets a closer and slower look that both agree on.
     """
-    typed = ", ".join(f"{field.name} {field.type}" for field in source.fields)
+    typed = ", ".join([*(f"{field.name} {field.type}" for field in source.fields), "_fault string"])
     lines = lines.withColumn("_text", F.btrim("line", F.lit(" \t\r")))
     rows = lines.withColumn("_json", F.from_json("_text", typed, STRICT_JSON)).select(
-        "source_file", "bytes", "line", "_text", *(typed_column(field) for field in source.fields)
+        "source_file", "bytes", "line", "_text", "_json._fault", *(typed_column(field) for field in source.fields)
     )
     signs, closer = [~looks_whole(source), F.col("_text").contains(r"\u")], []
     signs += [F.col(field.column).isNull() for field in source.fields if field.type == "bigint"]
@@ -843,10 +844,8 @@ def typed_column(field: Field) -> Column:
     value = F.col(f"_json.{field.name}")
     if field.type == "double":
         # Sail's from_json is one unit off in the last place of long numbers; a cast is not.
-        name, number = f'"{field.name}"', "([-+.0-9eE]+)"
-        begin = F.expr(f"""ltrim(substring(_text, locate('{name}:', _text) + {len(name) + 1}, 18))""")
-        is_long = (F.locate(f"{name}:", F.col("_text")) == 0) | begin.rlike("^[-.0-9]{15}|^[-.0-9]+[eE]")
-        written = F.expr(rf"try_cast(regexp_extract(_text, '{name}\\s*:\\s*{number}', 1) AS double)")
+        is_long = F.col("_text").rlike("[-.0-9]{17}|[0-9][eE][-+]?[0-9]")
+        written = F.expr(f"try_cast(get_json_object(_text, '$.{field.name}') AS double)")
         exact = F.when(F.abs(written - value) <= F.abs(value) * 1e-12, written).otherwise(value)
         value = F.when(value.isNotNull() & is_long, exact).otherwise(value) + 0.0  # -0.0 becomes 0.0
     return value.alias(field.column)
@@ -866,11 +865,8 @@ def missing_or_wrong_type(field: Field) -> Column:
 def looks_whole(source: Source) -> Column:
     """True where from_json found the first field and lost none, and the one closing brace is the last character."""
     text = F.col("_text")
-    whole = F.col(source.fields[0].column).isNotNull() & (F.locate("}", text) == F.length(text))
-    for field in source.fields:  # Spark reads on behind a value that it could not read
-        told = text.contains(f'"{field.name}"') & ~text.contains(f'"{field.name}":null')
-        whole &= F.when(F.col(field.column).isNull(), ~told).otherwise(F.lit(True))
-    return whole
+    first = F.col(source.fields[0].column)
+    return first.isNotNull() & F.col("_fault").isNull() & (F.locate("}", text) == F.length(text))
 
 
 def is_no_object(source: Source) -> Column:
