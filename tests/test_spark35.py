@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import HOME, NO_JAVA, java_is_there, read_lake, run_etl
+from conftest import HOME, NO_JAVA, java_is_there, path_env, read_lake, run_etl
 
 PYTHON = HOME / ".venv-spark35" / "bin" / "python"
 
@@ -17,7 +17,7 @@ PYTHON = HOME / ".venv-spark35" / "bin" / "python"
 )
 @pytest.mark.skipif(not java_is_there(), reason=NO_JAVA)
 def test_spark_35_gives_the_same_tables(tmp_path: Path) -> None:
-    env = {**os.environ, "PATH": f"{PYTHON.parent}:{os.environ['PATH']}"}
+    env = path_env(PATH=f"{PYTHON.parent}:{os.environ['PATH']}")
     command = [str(PYTHON), str(HOME / "etl.py"), "--engine", "spark", "--output", str(tmp_path / "old")]
     old = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=300)
     assert (old.returncode, "Traceback" in old.stderr) == (0, False), old.stderr
