@@ -48,7 +48,7 @@ try:
     import pyspark
     from pyspark.sql import Column, DataFrame, SparkSession, Window
     from pyspark.sql import functions as F
-except ImportError:  # open_engine says how to mend it; --help and --version work without
+except ImportError:  # check_engine says how to mend it; --help and --version work without
     pass
 
 VERSION = "0.1.0"

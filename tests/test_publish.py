@@ -674,6 +674,15 @@ LOCKED_UP = {  # what may not be written, below the output
 }
 
 
+def copied(lake: Lake, public: Path) -> tuple[Lake, Path]:
+    """The lake with its input and staging, and an output as it was before, where another user may see them."""
+    here = lake._replace(
+        input=Path(shutil.copytree(lake.input, public / "input")),
+        staged=Path(shutil.copytree(lake.staged, public / "staged")),
+    )
+    return here, Path(shutil.copytree(cast("Path", lake.before), public / "lake"))
+
+
 @pytest.mark.parametrize("what", LOCKED_UP)
 def test_an_output_that_may_not_be_written_is_told_in_one_line_and_left_whole(
     what: str, lakes: dict[str, Lake], replayed: Run, public: Path
@@ -681,11 +690,7 @@ def test_an_output_that_may_not_be_written_is_told_in_one_line_and_left_whole(
     if os.getuid():
         pytest.skip("only root can become another user")
     lake = lakes["second"]
-    here = lake._replace(
-        input=Path(shutil.copytree(lake.input, public / "input")),
-        staged=Path(shutil.copytree(lake.staged, public / "staged")),
-    )
-    output = Path(shutil.copytree(cast("Path", lake.before), public / "lake"))
+    here, output = copied(lake, public)
     for path in (public, *public.rglob("*")):
         os.chown(path, NOBODY, NOBODY)
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -1045,11 +1050,7 @@ def test_a_folder_in_a_table_that_may_not_be_read_is_told_in_one_line_before_any
     if os.getuid():
         pytest.skip("only root can become another user")
     lake = lakes["second"]
-    here = lake._replace(
-        input=Path(shutil.copytree(lake.input, public / "input")),
-        staged=Path(shutil.copytree(lake.staged, public / "staged")),
-    )
-    output = Path(shutil.copytree(cast("Path", lake.before), public / "lake"))
+    here, output = copied(lake, public)
     (output / "users" / "private").mkdir()
     (output / "users" / "private" / "file").write_text("somebody's")
     for path in (public, *public.rglob("*")):
